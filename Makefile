@@ -42,7 +42,7 @@ demo: finetune report  ## all of it on real handwritten digits, with a report at
 	@$(BIN)/dprandp status --run $(RUN)
 	@echo "report: $(RUN)/report.html"
 
-test: $(READY)  ## the fast tests, up to a quarter of an hour on two cores
+test: $(READY)  ## the fast tests, under five minutes on two cores
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest -m 'not slow' -n 2 --dist loadfile
 
 test-slow: $(READY)  ## the slow tests

@@ -179,6 +179,7 @@ def test_error_rates_in_closed_form() -> None:
             assert ((scores > 0) != there).mean() == pytest.approx(expected, abs=0.01)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("plan", [PLAN, replace(PLAN, sample_rate=0.2, noise_multiplier=0.8)], ids=["full", "sampled"])
 def test_power_against_really_weakened_noise(tmp_path: Path, plan: PrivatePlan, whether_alone: None) -> None:
     """The positive control: the real mechanism, its noise divided by a factor, is flagged as often as was foretold."""
@@ -317,6 +318,7 @@ def test_canaries_that_all_tell_the_same_are_not_taken_for_many() -> None:
     assert one_run_refuted(50, 50, 50, lines, 1e-3)
 
 
+@pytest.mark.slow
 def test_less_noise_is_found_out_and_half_of_the_claim_is_shown() -> None:
     random = np.random.default_rng(1)
     included = random.random(20_000) < 0.5

@@ -284,6 +284,7 @@ def test_sampled_canaries_are_drawn_at_the_rate(tmp_path: Path) -> None:
     assert seen_noise(plan, tmp_path) == 4.0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["noise off", "noise of a tenth", "clip off", "clip per view"])
 @BOTH
 def test_the_game_sees_the_controls(tmp_path: Path, name: str, plan: PrivatePlan) -> None:
@@ -313,6 +314,7 @@ def test_released_heads_say_nearly_as_much_as_all_steps() -> None:
 TUNING = SelectionPlan("tune", 1000, 1.0, 0.0, 0.1, 0.1, 1.0, (2, 4), 8.0, 1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("held_out", [False, True])
 def test_one_trial_of_private_tuning_is_as_gaussian_as_it_says(held_out: bool) -> None:
     game = Game.of(0.0, 3000)
@@ -323,6 +325,7 @@ def test_one_trial_of_private_tuning_is_as_gaussian_as_it_says(held_out: bool) -
     assert play(game, *faulty, claim, 1e-3).factor > 1
 
 
+@pytest.mark.slow
 def test_what_is_selected_tells_of_the_record(tmp_path: Path) -> None:
     evidence, expected = selection_evidence(TUNING, 150, 1e-3, 0)
     answers = [selection_answers(TUNING, 150, there, evidence, tmp_path) for there in (False, True)]
@@ -332,6 +335,7 @@ def test_what_is_selected_tells_of_the_record(tmp_path: Path) -> None:
     assert bound < compose([TUNING.event], 1e-5).upper
 
 
+@pytest.mark.slow
 def test_private_tuning_is_audited_like_the_rest() -> None:
     found = try_mechanism(TUNING, torch.empty(0), Labels(3), AuditSettings(trials=200), lambda: None)
     game = found.two_world

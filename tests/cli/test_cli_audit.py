@@ -52,7 +52,8 @@ def audited(dprandp: Dprandp, *arguments: object, **options: object) -> Done:
 MECHANISMS = {"probe": ["probe"], "finetune": ["probe", "finetune", "finetune.head"]}
 
 
-@pytest.mark.parametrize("stage", ["probe", pytest.param("finetune", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", ["probe", "finetune"])
 def test_a_finished_run(dprandp: Dprandp, run_after: RunAfter, stage: str) -> None:
     run = run_after(stage)
     before = state_of(run)
@@ -168,6 +169,7 @@ def test_a_run_with_private_tuning(dprandp: Dprandp, run_after: RunAfter) -> Non
     assert dprandp("report", "--run", run).code == 0
 
 
+@pytest.mark.slow
 def test_what_cannot_be_audited_is_refused(dprandp: Dprandp, run_after: RunAfter, tmp_path: Path) -> None:
     refused(dprandp("audit", "--run", tmp_path / "no"), 3, "there is no run at")
     refused(dprandp("audit", "--run", run_after("pretrain")), 3, "no finished private stage", "dprandp probe")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 from cli_process import NO_PIXELS, Dprandp, RunAfter, good, refused, state_of
 
 CONFIG = ("--config", "small.toml")
@@ -31,6 +32,7 @@ def test_probe_again(dprandp: Dprandp, run_after: RunAfter) -> None:
     assert (states["probe"], states["finetune"]) == ("done", "missing")
 
 
+@pytest.mark.slow
 def test_a_finished_run_has_nothing_left_and_no_other_budget(dprandp: Dprandp, run_after: RunAfter) -> None:
     run = run_after("finetune")
     before = state_of(run)

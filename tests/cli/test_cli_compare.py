@@ -13,6 +13,7 @@ from own_data import make_own_data
 from PIL import Image
 
 
+@pytest.mark.slow
 def test_two_runs_about_the_same_data(
     dprandp: Dprandp, run_after: RunAfter, folder: Path, tmp_path: Path
 ) -> None:

@@ -122,6 +122,7 @@ def test_what_knows_one_class_an_image_is_refused(
     refused(dprandp("probe", "--run", run, *data, "--ordinal", folder=tmp_path), 2, "--ordinal is for one class")
 
 
+@pytest.mark.slow
 def test_grades_and_declared_shares(dprandp: Dprandp, run_after: RunAfter, folder: Path, tmp_path: Path) -> None:
     """The oracle of kappa: scikit-learn, on what `predict` says."""
     run, data, names = run_after("pretrain"), arrays(), ["dark", "grey", "bright"]

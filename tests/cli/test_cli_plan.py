@@ -27,6 +27,7 @@ def result_of(stages: dict[str, Path], stage: str) -> dict[str, Any]:
     return json.loads((stages[stage].parent / f"{stage}.json").read_text())
 
 
+@pytest.mark.slow
 def test_the_plan_of_a_new_run_is_what_the_stages_then_did(
     dprandp: Dprandp, stages: dict[str, Path], tmp_path: Path
 ) -> None:
@@ -83,6 +84,7 @@ def test_the_plan_of_a_single_stage(dprandp: Dprandp, run_after: RunAfter, tmp_p
     assert "generate: 120 images of dead-leaves at 32 px, 0.37 MB (finished: nothing to do)" in done.out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("command", "planned_as"),
     [
@@ -109,6 +111,7 @@ def test_a_plan_needs_neither_the_stages_before_it_nor_the_files_of_a_known_set(
     assert done.out.count("warning: cifar10 is not in") == bool(private)
 
 
+@pytest.mark.slow
 def test_a_fine_tune_is_planned_after_the_probe_that_it_needs(
     dprandp: Dprandp, stages: dict[str, Path], run_after: RunAfter
 ) -> None:
@@ -176,6 +179,7 @@ def test_run_leaves_a_part_of_the_budget_only_to_a_fine_tune_that_pays(
     assert last("run", "--config", "small.toml", "--run", run_after("pretrain")) == "probe"
 
 
+@pytest.mark.slow
 def test_run_makes_images_that_are_large_enough_for_the_input(dprandp: Dprandp, tmp_path: Path) -> None:
     new = ("run", "--data", "npz:tiny.npz", "--run", tmp_path / "new")
     for flags, resolution, size in (

@@ -346,6 +346,7 @@ def local_paths(folder: Path, parts: list[str]) -> list[str]:
     return [path.name for path in folder.iterdir() if any(part in path.read_text("latin-1") for part in parts)]
 
 
+@pytest.mark.slow
 def test_a_released_model_does_not_say_where_the_data_lie(
     dprandp: Dprandp, run_after: RunAfter, folder: Path, tmp_path: Path
 ) -> None:

@@ -52,7 +52,8 @@ def repeat_by_hand(dprandp: Dprandp, commands: str, folder: Path) -> None:
         assert done.code == 0, done.err
 
 
-@pytest.mark.parametrize("shell", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("shell", [False, True])
 def test_a_run_is_made_again(
     dprandp: Dprandp, run_after: RunAfter, folder: Path, tmp_path: Path, shell: bool
 ) -> None:

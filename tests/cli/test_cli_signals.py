@@ -38,6 +38,7 @@ dictionary_iterations = 5
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", STAGES)
 def test_ctrl_c(dprandp: Dprandp, run_after: RunAfter, folder: Path, tmp_path: Path, name: str) -> None:
     after, command, file, count = STAGES[name]

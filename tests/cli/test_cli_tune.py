@@ -6,11 +6,13 @@ import json
 import tomllib
 from pathlib import Path
 
+import pytest
 from cli_process import NO_PIXELS, Dprandp, RunAfter, good, refused, state_of
 
 DATA = ("--data", "npz:tiny.npz", "--eps", 2)
 
 
+@pytest.mark.slow
 def test_tune_then_probe(dprandp: Dprandp, run_after: RunAfter) -> None:
     run = run_after("pretrain")
     tune = ("tune", "--run", run, "--config", "small.toml", "--trials", 3, *DATA)

@@ -84,6 +84,7 @@ def test_units_that_make_no_sense(dprandp: Dprandp, run_after: RunAfter, tmp_pat
     assert state_of(run) == before
 
 
+@pytest.mark.slow
 def test_discrete_noise(dprandp: Dprandp, run_after: RunAfter) -> None:
     run = run_after("pretrain")
     data = ("--data", "npz:tiny.npz", "--share", 1)
@@ -131,6 +132,7 @@ def test_account_for_groups(dprandp: Dprandp) -> None:
     assert "3 records together: ε = " in dprandp("account", "--eps", 1, "--steps", 60, "--group-size", 3).out
 
 
+@pytest.mark.slow
 def test_units_in_both_splits(dprandp: Dprandp, run_after: RunAfter, tmp_path: Path) -> None:
     """Refused by the stage and by its plan; allowed once for all stages of a run."""
     np.savez(tmp_path / "scans.npz", **arrays(), patient_train=GROUPS, patient_test=np.arange(len(arrays()["y_test"])))

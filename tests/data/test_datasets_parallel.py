@@ -33,6 +33,7 @@ def opened(root: Path, rules: Decoding = Decoding(), **reading):  # noqa: B008
     return dataset
 
 
+@pytest.mark.slow
 def test_two_processes_and_one_agree(many: Path) -> None:
     for bad in ("train/a/0.png", "train/b/201.png", "train/a/90.png"):
         (many / bad).write_bytes(b"?")
@@ -71,6 +72,7 @@ def test_kept_images_are_used_for_the_same_files_and_rules_alone(root: Path, tmp
     np.testing.assert_array_equal(opened(root, folder=kept).train().images, changed)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [1, 2])
 def test_decoding_that_was_stopped_goes_on_and_still_finds_every_problem(
     many: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, workers: int

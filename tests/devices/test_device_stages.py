@@ -169,12 +169,10 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "some blocks": {"freeze": "last", "scope": "block", "keep": 0.5},
     "rescaled": {"clipping": "rescaled", "momentum": 0.9},
 }
-QUICK = ("discrete noise", "some blocks")
 
 
-@pytest.mark.parametrize(
-    "options", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in OPTIONS]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("options", OPTIONS)
 @own_process
 def test_every_option_goes_on_after_an_interruption(tmp_path, options):
     """Three steps, interrupted after the second: checkpoints come back to the device."""
@@ -188,6 +186,7 @@ def test_every_option_goes_on_after_an_interruption(tmp_path, options):
         assert waits["privacy/mechanism.py release: _local_scalar_dense"] == 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fits", [True, False])
 @own_process
 def test_a_probe_of_units_and_views_goes_on_on_the_device(tmp_path, fits):
@@ -203,6 +202,7 @@ def test_a_probe_of_units_and_views_goes_on_on_the_device(tmp_path, fits):
             assert per_step(waits, PROBE_HERE["steps"])
 
 
+@pytest.mark.slow
 @own_process
 def test_several_labels_of_declared_shares_are_those_of_the_cpu(tmp_path):
     made = tiny_run.blobs(train=48, test=16)
@@ -221,6 +221,7 @@ def test_several_labels_of_declared_shares_are_those_of_the_cpu(tmp_path):
         assert per_step(waits, PROBE_HERE["steps"] + FINETUNE_HERE["steps"] + 2)
 
 
+@pytest.mark.slow
 @own_process
 def test_a_continued_training_is_that_of_the_cpu(tmp_path):
     values = schema.build("continue", CONTINUE | {"data": blobs(tmp_path), "steps": 4, "switch": "2", "batch_size": 8})

@@ -160,6 +160,7 @@ for place in (dprandp.runs.directory, dprandp.privacy.ledger):
 CLOCKS = {"backwards": (2_000_000_000, 3600), "standing still": (1_000_000_000, 0), "before 1980": (10, 1e-3)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "clock", [pytest.param(name, marks=() if name == "standing still" else pytest.mark.slow) for name in CLOCKS]
 )

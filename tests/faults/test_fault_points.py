@@ -106,6 +106,7 @@ def test_checkpoint_survives_a_kill_at_every_point(tmp_path: Path, server: Serve
     assert found == [1] * turn + [2] * (len(found) - turn)
 
 
+@pytest.mark.slow
 def test_a_kill_within_the_repair_of_a_kill(tmp_path: Path, server: Server) -> None:
     """Twice killed while replacing the same checkpoint."""
     found = set()

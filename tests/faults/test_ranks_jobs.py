@@ -74,6 +74,7 @@ def silent(jobs: list[Done], code: int) -> None:
         assert (follower.code, follower.out, follower.err) == (code, "", "")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("size", "batch"),
     [(3, 24), pytest.param(2, 24, marks=pytest.mark.slow), pytest.param(3, 2, marks=pytest.mark.slow)],
@@ -112,7 +113,8 @@ def assert_goes_on(dprandp: Dprandp, work: Work, run: Path, size: int, lost: int
     assert result["epsilon"] <= result["epsilon_total"]
 
 
-@pytest.mark.parametrize("again", [3, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("again", [3, 1])
 def test_16_a_rank_that_dies_ends_the_job_and_any_number_goes_on(
     dprandp: Dprandp, work: Work, probed: Path, again: int
 ) -> None:

@@ -29,6 +29,7 @@ def test_the_whole_chain_and_one_image(dprandp: Dprandp, tmp_path: Path, process
     assert done.code == 0, done.err
 
 
+@pytest.mark.slow
 def test_ranks(dprandp: Dprandp, tmp_path: Path, processor: str) -> None:
     """Each rank has one thread, as torchrun sets it."""
     run = tmp_path / "run"

@@ -243,6 +243,7 @@ def test_per_example_gradients_of_the_whole_model_are_isolated(arch):
             torch.testing.assert_close(first[name][index], parameter.grad, rtol=2e-3, atol=2e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arch", ["patchnet", "wrn-10-1", "vit-1-16-16", "nf-resnet-50", "torchvision:resnet18"])
 def test_the_first_filters_of_every_network_are_patches_or_none(arch: str) -> None:
     """Of a convolution they are its weights; a network whose first layer sees other numbers than pixels has none."""

@@ -70,6 +70,7 @@ def test_full_batches_add_in_squares() -> None:
     assert compose_stages(stages, 1e-5).upper == pytest.approx(gaussian_dp_epsilon(mu, 1e-5 * (1 - SLACK)), rel=1e-9)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("event", "share"), [*zip(STAGES, (0.01, 0.3, 0.01, 0.5), strict=True)])
 @pytest.mark.parametrize("probe", [25.0])
 def test_not_below_numerical_composition_and_close_to_it(event: GaussianEvent, share: float, probe: float) -> None:
@@ -80,6 +81,7 @@ def test_not_below_numerical_composition_and_close_to_it(event: GaussianEvent, s
     assert together.accountant == "Gaussian-DP filter over stages"
 
 
+@pytest.mark.slow
 def test_the_order_of_stages_and_their_number_are_bounded_by_one_slack() -> None:
     event = GaussianEvent(20.0, 0.1, 50)
     for count in (2, 30):
@@ -107,6 +109,7 @@ def test_discrete_noise_costs_its_distance() -> None:
 # ------------------------------------------------------------------------------------------------------- calibration
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("epsilon", "delta", "rate", "steps"),
     [(1.0, 1e-5, 0.08192, 875), (2.0, 1e-6, 1.0, 40), (1.0, 1e-9, 0.05, 20),
@@ -179,6 +182,7 @@ SOME_CHOICES = pytest.mark.parametrize(
 )
 
 
+@pytest.mark.slow
 @SOME_CHOICES
 def test_no_choice_after_a_look_breaks_the_filter(some: tuple) -> None:
     """Choices of very different curves, each as large as the filter allows."""
@@ -194,6 +198,7 @@ def test_no_choice_after_a_look_breaks_the_filter(some: tuple) -> None:
     assert max(alone) <= together <= delta * 1.002
 
 
+@pytest.mark.slow
 @SOME_CHOICES
 def test_numerical_composition_alone_is_no_filter(some: tuple) -> None:
     """Control: the same adversary with plans that numerical composition allows goes beyond δ."""

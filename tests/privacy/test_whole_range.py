@@ -137,6 +137,7 @@ def test_epsilon_lies_between_an_attack_and_renyi_dp_at_the_corners(point):
     check(point)
 
 
+@pytest.mark.slow
 @given(POINTS)
 @quickly
 def test_epsilon_lies_between_an_attack_and_renyi_dp_anywhere(point):
@@ -277,6 +278,7 @@ def test_the_command_line_answers_everywhere():
         assert account(arguments) == 0, arguments
 
 
+@pytest.mark.slow
 def test_the_command_line_answers_or_refuses_what_is_beyond_doubles():
     for arguments in BEYOND:
         assert account(tuple(arguments.split())) in (0, 2, 5), arguments

@@ -25,6 +25,8 @@ from dprandp.config.declared import Publication
 from dprandp.errors import DprandpError, UsageError
 from dprandp.release import Export, ReleasedModel, export, export_line, graph, load_model, predict
 
+pytestmark = pytest.mark.slow
+
 SMALL = (12, 10, 1)
 """Height, width, channels: smaller than the network's input, not square, grey."""
 ROUNDED = 1e-4
@@ -174,7 +176,6 @@ def test_what_a_publisher_says_is_in_every_format(model: ReleasedModel, tmp_path
     assert graph.metadata(model, about).items() >= about.said().items()
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("format", SUFFIX)
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_every_architecture_is_exported(arch: str, format: str, tmp_path: Path) -> None:
@@ -192,7 +193,6 @@ def test_every_architecture_is_exported(arch: str, format: str, tmp_path: Path) 
             assert expected.std(axis=0).max() > 1e-3
 
 
-@pytest.mark.slow
 def test_a_model_in_bfloat16_is_exported_in_float32(tmp_path: Path) -> None:
     model = released(tmp_path / "model", "wrn", (32, 32, 3), mirror=True, precision="bfloat16")
     export(model, tmp_path / "out.onnx", format="onnx")
@@ -208,7 +208,7 @@ def test_a_model_in_bfloat16_is_exported_in_float32(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("library", "format"), [("onnxruntime", "onnx"), pytest.param("torch", "torch-export", marks=pytest.mark.slow)]
+    ("library", "format"), [("onnxruntime", "onnx"), ("torch", "torch-export")]
 )
 def test_the_example_of_the_documentation_runs_without_dprandp(
     library: str, format: str, model: ReleasedModel, all_exported: dict[str, Export], tmp_path: Path

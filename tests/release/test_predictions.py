@@ -117,6 +117,7 @@ def test_a_file_that_cannot_be_finished_is_not_there(model: ReleasedModel, tmp_p
             predictions.refuse_target(tmp_path / name, overwrite=True)
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_number_of_images(
     model: ReleasedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

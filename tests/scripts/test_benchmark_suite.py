@@ -199,6 +199,7 @@ print(json.dumps({"work": peak.bytes, "since": memory.resident("VmHWM") - before
 """
 
 
+@pytest.mark.slow
 def test_a_peak_is_that_of_the_work() -> None:
     """In a process of its own, as the benchmark does it: one with a past gives memory back in between."""
     done = subprocess.run(

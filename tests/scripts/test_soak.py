@@ -12,6 +12,8 @@ import soak
 
 from dprandp.privacy.accounting import GaussianEvent, compose
 
+pytestmark = pytest.mark.slow
+
 Make = Callable[..., soak.Sequence]
 
 
@@ -40,7 +42,6 @@ def test_a_sequence(world: soak.World, tmp_path: Path) -> None:
     assert row["commands"] > 0
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("index", range(100, 130))
 def test_many_sequences(world: soak.World, tmp_path: Path, index: int) -> None:
     row = soak.run_sequence(world, tmp_path / "sequence", 7, index)

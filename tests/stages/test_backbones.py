@@ -99,6 +99,7 @@ def by_hand(model: Classifier, names: list[str], records: int) -> dict[str, Tens
     return total
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("arch", "train"), [("net", "all"), ("net", "last:2"), ("torchvision:resnet18", "all")])
 @pytest.mark.parametrize("microbatch", [None, 3])
 def test_sums_are_those_of_a_loop_over_single_examples(arch: str, train: str, microbatch: int | None, net: str) -> None:

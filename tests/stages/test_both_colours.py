@@ -87,6 +87,7 @@ def test_the_models_are_those_of_a_run_that_knew_the_colour(
     assert (alone == load_model(runs["known"] / "model").probabilities(images)).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("colour", COLOURS)
 def test_every_stage_takes_the_extractor_for_the_data(
     copy: Copy, public_run: Path, data_of: dict[str, str], taken: list[str], colour: str

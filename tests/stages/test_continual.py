@@ -305,6 +305,7 @@ def test_refusals(vit_run, continued_run, public_run, copy, data, tmp_path) -> N
 # ---------------------------------------------------------------------------------------------- audit and diagnosis
 
 
+@pytest.mark.slow
 def test_the_audit_replays_the_private_steps(vit_run, copy, data) -> None:
     """Leaving one record out moves a sum by no more than C, and nothing else; without the clip it is seen to."""
     run = copy(vit_run)

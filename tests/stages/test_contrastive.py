@@ -102,6 +102,7 @@ def test_every_parameter_that_is_used_is_trained_at_the_schedules_rate(pictures)
 # ------------------------------------------------------------------------------------------------------------ learning
 
 
+@pytest.mark.slow
 def test_the_loss_goes_down():
     """Against untrained weights on the very same views; beforehand both agree."""
     leaves = torch.from_numpy(render_block("dead-leaves", 0, 0, 60, 32)).permute(0, 3, 1, 2).contiguous()
@@ -127,6 +128,7 @@ def test_train_reports_the_mean_since_the_last_time(pictures, monkeypatch):
 # ------------------------------------------------------------------------------------------------------------ resuming
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("stop", "changes"), [(0, {}), (5, {}), (5, {"momentum": 0.0}), (5, {"optimizer": "adamw", "lr": 1e-3})]
 )
@@ -144,6 +146,7 @@ def test_stopped_and_resumed_is_uninterrupted_byte_for_byte(pictures, stop, chan
     assert raw(second.state()) == raw(whole.state())
 
 
+@pytest.mark.slow
 def test_what_the_state_leaves_out_would_be_noticed(pictures):
     """Positive control of the test above: without the momentum the resumed training ends elsewhere."""
     whole, first, second = (trainer(pictures) for _ in range(3))

@@ -116,6 +116,7 @@ def test_all_stages_of_a_network_for_larger_images(copy, images: Path, data: str
     assert load_model(run / "model").network.extractor.input_size == 48
 
 
+@pytest.mark.slow
 def test_a_network_from_scratch(tmp_path: Path, fine: str) -> None:
     result = run_scratch(tmp_path / "run", fine, input_size=48, steps=1)
     assert result["input_size"] == 48

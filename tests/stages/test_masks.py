@@ -163,6 +163,7 @@ def moved(run: Path, start: Path) -> dict[str, Tensor]:
     return {name: after[name] != before[name] for name in after if name.startswith("extractor.")}
 
 
+@pytest.mark.slow
 def test_frozen_weights_do_not_move_at_all(copy: Copy, probed_run: Path, data: str) -> None:
     run, whole = copy(probed_run), copy(probed_run)
     result = run_finetune(run, data, freeze="random", keep=0.25, scope="layer", refit_steps=0)
@@ -269,6 +270,7 @@ def total_of_the_later_blocks(ranks) -> dict[str, Tensor]:
     return ClippedSums(model, settings).over_ranks(ranks, trained(model, blocks), STEP, share)
 
 
+@pytest.mark.slow
 def test_16_several_ranks_make_the_same_sums_where_blocks_are_frozen() -> None:
     alone, two = (of_rank_0(size, total_of_the_later_blocks) for size in (1, 2))
     assert apart(two, alone) < 1e-4

@@ -152,6 +152,7 @@ def test_the_random_control_learns_nothing_and_differs(stages, learned, fresh):
 # ---------------------------------------------------------------------------------------------------------- repeating
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["patchnet", "wrn"])
 def test_the_same_seed_repeats_every_byte_and_another_does_not(stages, learned, images, tmp_path, name):
     run, result = learned[name]
@@ -265,6 +266,7 @@ def test_killed_between_the_two_extractors_the_finished_one_is_kept(stages, fres
     assert torch.equal(network.weight, moved["weight"])
 
 
+@pytest.mark.slow
 def test_a_finished_stage_is_skipped_lost_files_are_noticed_and_other_images_not_mixed_in(stages, fresh):
     first = stages.must("pretrain", fresh, PATCHNET)
     before = files(fresh)

@@ -84,6 +84,7 @@ def test_size_paper_has_it_unless_the_weights_are_public_ones(tmp_path: Path) ->
     assert asked.feature_stages == "projection"
 
 
+@pytest.mark.slow
 def test_a_probe_has_the_projection_and_a_fine_tune_of_the_pretrained_network_has_not(
     tmp_path: Path, copy: Copy, data: str
 ) -> None:

@@ -194,6 +194,7 @@ def test_6_the_microbatch_cuts_no_patient_in_two() -> None:
     assert max(apart(other, sums[0]) for other in sums[1:]) < 1e-4
 
 
+@pytest.mark.slow
 def test_discrete_noise_in_both_stages(copy: Copy, public_run: Path, data: str, monkeypatch: Patch) -> None:
     run = copy(public_run)
     seen = Recorder(run).install(monkeypatch)

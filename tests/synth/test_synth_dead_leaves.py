@@ -59,6 +59,7 @@ def front_to_back(shapes: Shapes, resolution: int) -> np.ndarray:
     return image
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("resolution", [16, 33])
 def test_equals_the_painter_and_front_to_back(resolution: int) -> None:
     for seed in range(3):

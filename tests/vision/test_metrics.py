@@ -210,6 +210,7 @@ def test_a_model_without_an_error_has_an_interval_all_the_same() -> None:
         json.dumps(result, allow_nan=False)
 
 
+@pytest.mark.slow
 def test_the_bootstrap_covers_the_truth_about_as_often_as_it_says(monkeypatch: pytest.MonkeyPatch) -> None:
     """150 test splits of 60 units of 1 to 5 images; the true AUC and balanced accuracy from many images."""
     random = np.random.default_rng(11)
