@@ -15,7 +15,8 @@ import logging
 import math
 import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
 
@@ -88,14 +89,16 @@ def decode_all(
     """
     images, refused = np.zeros((len(paths), size, size, rules.channels), np.uint8), []
     hashes = np.zeros((len(paths), 16), np.uint8)
-    for index, path in enumerate(paths):
-        made = _plain_or_why(path, rules)
-        if isinstance(made, Image.Image):
-            images[index] = _pixels(made, size, size, rules)
-            hashes[index] = grey_hash(np.asarray(_in_mode(made, "L")))
-        else:
-            kind, fix, more = made
-            refused.append((kind, fix, f"{path} {more}".strip()))
+    with _warnings_as_errors():
+        for index, path in enumerate(paths):
+            made = _plain_or_why(path, rules)
+            if isinstance(made, Image.Image):
+                images[index] = _pixels(made, size, size, rules)
+                grey = _in_mode(made, "L")
+                hashes[index] = _hash_of(grey.tobytes(), (grey.height, grey.width))
+            else:
+                kind, fix, more = made
+                refused.append((kind, fix, f"{path} {more}".strip()))
     return images, hashes, refused
 
 
@@ -104,7 +107,8 @@ def read_image(path: Path, height: int, width: int, what: str, rules: Decoding) 
 
     uint8 [height, width, 3], or [height, width, 1] where the rules say grey.
     """
-    made = _plain_or_why(path, rules)
+    with _warnings_as_errors():
+        made = _plain_or_why(path, rules)
     if isinstance(made, Image.Image):
         return _pixels(made, height, width, rules)
     kind, fix, more = made
@@ -115,27 +119,35 @@ def read_image(path: Path, height: int, width: int, what: str, rules: Decoding) 
     )
 
 
+@contextmanager
+def _warnings_as_errors() -> Iterator[None]:
+    """Pillow only warns about broken metadata and large images; on somebody's data that is a refusal."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        warnings.simplefilter("error", RuntimeWarning)
+        yield
+
+
 def _plain_or_why(path: Path, rules: Decoding) -> Image.Image | tuple[str, str, str]:
-    """The whole image, upright, 8-bit RGB or grey; or why not: kind of problem, fix, name of an exception."""
+    """The whole image, upright, 8-bit RGB or grey; or why not: kind of problem, fix, name of an exception.
+
+    Called within ``_warnings_as_errors``.
+    """
     try:
-        with warnings.catch_warnings():
-            # Pillow only warns about broken metadata and large images; on somebody's data that is a refusal.
-            warnings.simplefilter("error", UserWarning)
-            warnings.simplefilter("error", RuntimeWarning)
-            if path.stat().st_size > MAX_BYTES:
-                return (*TOO_MANY_BYTES, "")
-            if path.name.lower().endswith(DICOM):
-                made = read_dicom(path, rules)
-                return (*made, "") if isinstance(made, tuple) else made
-            data = path.read_bytes()
-            with Image.open(io.BytesIO(data), formats=FORMATS) as header:
-                bits = _bits_per_channel(header, data)
-                objection = _objection(header, bits, rules)
-                # read now: of a TIFF, Pillow turns the pixels when it decodes them, and forgets the mark
-                mark = 1 if objection else header.getexif().get(_ORIENTATION, 1)
-                image = None if objection else decoded(data, header)
-            if image is not None:
-                return _plain(image, mark, bits, rules)
+        if path.stat().st_size > MAX_BYTES:
+            return (*TOO_MANY_BYTES, "")
+        if path.name.lower().endswith(DICOM):
+            made = read_dicom(path, rules)
+            return (*made, "") if isinstance(made, tuple) else made
+        data = path.read_bytes()
+        with Image.open(io.BytesIO(data), formats=FORMATS) as header:
+            bits = _bits_per_channel(header, data)
+            objection = _objection(header, bits, rules)
+            # read now: of a TIFF, Pillow turns the pixels when it decodes them, and forgets the mark
+            mark = 1 if objection else header.getexif().get(_ORIENTATION, 1)
+            image = None if objection else decoded(data, header)
+        if image is not None:
+            return _plain(image, mark, bits, rules)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         return (*TOO_MANY_PIXELS, "")
     except Exception as error:
@@ -483,10 +495,13 @@ def grey_hash(grey: np.ndarray) -> np.ndarray:
 
     Zeros for an image of a single value, which belongs to nobody, and may be in many sets.
     """
-    if grey.min() == grey.max():
+    return _hash_of(grey.tobytes(), grey.shape)
+
+
+def _hash_of(values: bytes, shape: tuple[int, ...]) -> np.ndarray:
+    if values == values[:1] * len(values):
         return np.zeros(16, np.uint8)
-    digest = hashlib.blake2b(grey.tobytes(), digest_size=16, key=str(grey.shape).encode())
-    return np.frombuffer(digest.digest(), np.uint8)
+    return np.frombuffer(hashlib.blake2b(values, digest_size=16, key=str(shape).encode()).digest(), np.uint8)
 
 
 def hash_set(hashes: np.ndarray) -> frozenset[bytes]:
