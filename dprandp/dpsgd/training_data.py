@@ -100,6 +100,7 @@ def keep(rundir: RunDir, dataset: Dataset, fingerprint: str) -> None:
     """Record the hashes of the run's data: of everything in order, and of single images."""
     _write(rundir.private_dir / IMAGES, dataset.hashes())
     hashes = {"train": fingerprint, "images": _sha256(rundir.private_dir / IMAGES), "test": dataset.test_fingerprint}
+    hashes["classes"] = _classes_of(dataset)
     hashes["salt"] = secrets.token_hex(16)  # so that ``record_of``, which is not private, confirms no guess
     if (units := dataset.grouping()) is not None:
         _write(rundir.private_dir / UNITS, units.of_image.astype(np.int64))
@@ -225,6 +226,11 @@ def refuse_other(rundir: RunDir, name: str, fingerprint: str, dataset: Dataset) 
             "differ",
             fix="give the same test split; `dprandp predict` classifies other images",
         )
+    if recorded.get("classes") not in (None, _classes_of(dataset)):
+        raise InputError(
+            f"the classes are not those that this run began with ({name}): there are others, or they have other names",
+            fix="give the classes that it began with, also those without images, or start a new --run",
+        )
 
 
 def use_as_public(rundir: RunDir, dataset: Dataset) -> None:
@@ -261,6 +267,11 @@ def refuse_public(rundir: RunDir, dataset: Dataset) -> None:
             fix="give the same --public fraction and seed to continue, or start a new --run for these data, with other "
             "public data or none",
         )
+
+
+def _classes_of(dataset: Dataset) -> str:
+    """A hash of their names, in order: public, but the record holds hashes alone."""
+    return hashlib.sha256(to_json(dataset.spec.classes).encode()).hexdigest()
 
 
 def _sha256(path: Path) -> str:

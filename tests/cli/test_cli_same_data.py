@@ -150,6 +150,21 @@ def test_another_test_split_behind_the_same_name_is_refused_uncharged(
     good(dprandp(*command, "--json"))
 
 
+def test_other_classes_behind_the_same_name_are_refused_uncharged(
+    dprandp: Dprandp, run_after: RunAfter, small: tuple, tmp_path: Path
+) -> None:
+    """One more, without an image, and another name: the images and labels stay the same."""
+    made, run, path = arrays(), run_after("pretrain"), tmp_path / "set.npz"
+    np.savez(path, **made)
+    good(dprandp("probe", *small, "--run", run, "--data", f"npz:{path}", "--eps", 2, "--json"))
+    before = state_of(run)
+    for classes in (["dark", "grey", "bright", "white"], ["dark", "grey", "light"]):
+        np.savez(path, **(made | {"classes": np.array(classes)}))
+        done = dprandp("finetune", *small, "--run", run)
+        refused(done, 3, "the classes are not those that this run began with", "also those without images")
+        assert state_of(run) == before
+
+
 def test_another_number_of_images_behind_the_same_name_is_refused_unread(
     dprandp: Dprandp, run_after: RunAfter, small: tuple, tmp_path: Path
 ) -> None:
