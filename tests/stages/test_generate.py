@@ -218,7 +218,10 @@ def test_no_worker_outlives_its_parent_and_ctrl_c_is_the_parents_to_obey(tmp_pat
 
 
 def is_worker(pid: int) -> bool:
-    return b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()
+    try:
+        return b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()
+    except (FileNotFoundError, ProcessLookupError):  # it has ended since it was listed
+        return False
 
 
 @pytest.mark.slow
