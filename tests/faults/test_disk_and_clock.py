@@ -161,9 +161,7 @@ CLOCKS = {"backwards": (2_000_000_000, 3600), "standing still": (1_000_000_000, 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "clock", [pytest.param(name, marks=() if name == "standing still" else pytest.mark.slow) for name in CLOCKS]
-)
+@pytest.mark.parametrize("clock", CLOCKS)
 def test_10_no_decision_rests_on_the_clock(victim: Callable[..., Victim], clock: str) -> None:
     """Killed, resumed, made again and killed in its beginning, on a clock that cannot be trusted; then looked at."""
     start, step = CLOCKS[clock]

@@ -75,10 +75,7 @@ def silent(jobs: list[Done], code: int) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("size", "batch"),
-    [(3, 24), pytest.param(2, 24, marks=pytest.mark.slow), pytest.param(3, 2, marks=pytest.mark.slow)],
-)
+@pytest.mark.parametrize(("size", "batch"), [(3, 24), (2, 24), (3, 2)])
 def test_16_a_fine_tune_on_several_ranks_equals_one(
     dprandp: Dprandp, work: Work, probed: Path, tmp_path: Path, size: int, batch: int
 ) -> None:
